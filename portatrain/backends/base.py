@@ -119,8 +119,9 @@ class Backend(Protocol):
     beyond them changes nothing and is skipped. Without it a recipe with `spikes` is refused.
 
     Optional attribute: `takes_statistics`, True if `step` has the keyword argument `statistics`: with True the result
-    has the norms that `probe` gives of parameters, gradients and updates. Without it a recipe with `statistics_every`
-    probes before these steps, which costs a step each.
+    has the norms that `probe` gives of parameters, gradients and updates, and what `model/measured.py` records of
+    activations. Without it a recipe with `statistics_every` probes before these steps, which costs a step each; with
+    the optional attribute `probes_activations`, `probe` has the keyword argument `activations`, and gives these too.
 
     Optional method: `start_trace()` starts a trace of this process and returns it (`backends/profile.py`). Without it
     `--profile` is refused.

@@ -100,8 +100,8 @@ def add_track(parser: argparse.ArgumentParser, more: str = "") -> None:
         metavar="NAME",
         action="append",
         default=[],
-        help="also send metrics to this tracker: wandb, tensorboard, FILE.py:CLASS, or one that an installed package "
-        f"registers (docs/start/tracker.md); repeat it for several{more}",
+        help="also send metrics to this tracker: wandb, tensorboard, trackio, mlflow, FILE.py:CLASS, or one that an "
+        f"installed package registers (docs/start/tracker.md); repeat it for several{more}",
     )
 
 

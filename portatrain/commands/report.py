@@ -2,8 +2,9 @@
 
 The page shows loss, gradient norm, throughput and learning rate over the steps; a coloured band for every attempt,
 with its backend, devices and mesh; each resume point, with the verdict of the continuity check; time lost to restarts;
-the tree of forks; what changes of the recipe did; the metrics of layers, such as the load of experts; checkpoints; the
-resolved recipe; and planned against measured figures if a plan was recorded.
+the tree of forks; what changes of the recipe did; the metrics of layers, such as the load of experts; statistics of
+every layer; the numbers of the model and of hooks; checkpoints; the resolved recipe; and planned against measured
+figures if a plan was recorded.
 
 examples:
   portatrain report runs/first

@@ -12,6 +12,8 @@ Array = Any
 """A jax.Array, a torch.Tensor or a numpy.ndarray, depending on the backend."""
 
 REDUCTIONS = ("mean", "sum", "max", "layers")
+OF_LAYERS = ("layers", "peaks")
+"""Reductions that keep the values of the calls apart; `model/measured.py` alone records 'peaks'."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,9 @@ class Aux:
     """A value that `ops.aux` recorded.
 
     value_B: (B,) float32, combined over `count` calls (layers, modules) by `reduce`: 'mean' and 'sum' add, 'max' takes
-    the maximum; with 'layers' it is (B, count, ...), the values of the calls in the order of the model. loss: the
-    factor with which it enters the training loss; 0 for a metric only.
+    the maximum; with 'layers' it is (B, count, ...), the values of the calls in the order of the model, to be averaged
+    over samples; 'peaks' is the same, of which the maximum is taken. loss: the factor with which it enters the training
+    loss; 0 for a metric only.
     """
 
     value_B: Array
@@ -57,10 +60,10 @@ class Aux:
                 got=f"{other.reduce!r}, {other.loss}",
                 do="Use another name.",
             )
-        if self.reduce == "layers":
+        if self.reduce in OF_LAYERS:
             if self.value_B.shape[2:] != other.value_B.shape[2:]:
                 raise UserError(
-                    f"ops.aux({name!r}, reduce='layers')",
+                    f"ops.aux({name!r}, reduce={self.reduce!r})",
                     expected=f"values of one shape in every call, (B, {_shape(self.value_B)})",
                     got=f"(B, {_shape(other.value_B)})",
                     do="Use another name for other layers.",

@@ -167,7 +167,8 @@ class Recipe:
     that is asked to stop."""
 
     statistics_every: int | None = config.added_later(None)
-    """Steps between records of the norms of every parameter, gradient and update, by layer. None: none are recorded."""
+    """Steps between records of statistics by layer: norms of every parameter, gradient and update; activations, dead
+    units and largest attention logits. None: none are recorded."""
 
     hooks: tuple[Any, ...] = ()
     """Hooks to call from the training loop (``portatrain.training.hooks``). (): none."""

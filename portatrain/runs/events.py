@@ -77,6 +77,8 @@ class Kind(StrEnum):
     """The checkpoint of `step` was passed over, because it was saved after the last agreement before a disagreement."""
     EVAL = "eval"
     """An evaluation; with the fields of `EvalRecord`."""
+    TASK = "task"
+    """The result of an evaluation task on the live model; with the fields of `runs.tasks.TaskResult`."""
     EVALUATING = "evaluating_the_whole_validation_split"
     """The final evaluation begins."""
     SCORING = "scoring_a_byte_3-gram_model_on_the_same_split"

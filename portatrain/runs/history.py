@@ -24,7 +24,7 @@ from typing import Any
 
 from portatrain.checkpoint.locations import location_of
 from portatrain.errors import LONGEST, UserError
-from portatrain.runs import changes, first_steps, profiles, trust
+from portatrain.runs import changes, first_steps, profiles, reported, trust
 from portatrain.runs import rows as typed
 from portatrain.runs.changes import Change
 from portatrain.runs.claim import Owner
@@ -144,6 +144,8 @@ class History:
     """The results of evaluation tasks, by task and step."""
     disagreements: Sequence[Event] = ()
     """The events `referee_disagreed`: the devices that a referee named, or suspects."""
+    reported: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    """The numbers of events that hooks recorded, by 'kind/field': (step, value), as `runs/reported.py` says."""
     doubted: Mapping[int, str] = field(default_factory=dict)
     """The checkpoints that are not trusted since then, with the reasons (`runs/trust.py`)."""
 
@@ -248,7 +250,8 @@ def read_history(where: RunDir | Path | str) -> History:
         disagreements=disagreements,
         doubted=trust.doubted(disagreements, location_of(run.checkpoints())),
         measured=said(Kind.CHANGE_MEASURED),
-        tasks=task_results(run),
+        tasks=task_results(run, said(Kind.TASK)),
+        reported=reported.numbers(events, rows, {one.number: one.began_unix_s for one in attempts}),
     )
 
 

@@ -7,7 +7,7 @@ the attempts, because a checkpoint is evaluated by whoever wants to, while the r
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,8 +54,11 @@ def record(run: RunDir, result: TaskResult) -> str:
     return name
 
 
-def results(run: RunDir) -> list[TaskResult]:
-    """Return the results of a run, by task and step. Raises UserError for a damaged file."""
+def results(run: RunDir, live: Iterable[Mapping[str, Any]] = ()) -> list[TaskResult]:
+    """Return the results of a run, by task and step. Raises UserError for a damaged file.
+
+    live: the events `task` of its attempts, in order. The newest of a task and step counts, and a file before events.
+    """
     found = []
     for path in sorted((run.path / FOLDER).glob("*.json")):
         row = json_files.read_object(path)
@@ -63,7 +66,16 @@ def results(run: RunDir) -> list[TaskResult]:
             found.append(_checked(row))
         except (ValueError, TypeError) as error:
             raise damaged(path, error) from error
-    return sorted(found, key=lambda one: (one.label, one.step))
+    known = {(one.label, one.step): one for event in live for one in _of_event(event)}
+    known |= {(one.label, one.step): one for one in found}
+    return sorted(known.values(), key=lambda one: (one.label, one.step))
+
+
+def _of_event(event: Mapping[str, Any]) -> list[TaskResult]:
+    try:
+        return [_checked(dict(event))]
+    except (ValueError, TypeError):
+        return []  # of another release: the curve can do without it
 
 
 def _checked(row: dict[str, Any]) -> TaskResult:

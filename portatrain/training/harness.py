@@ -125,6 +125,12 @@ def evaluate_tasks(
     )
 
 
+def check_tasks(tasks: Sequence[str], folder: Path | str | None) -> None:
+    """Raise UserError if the package, the folder or a task is missing."""
+    _package()
+    _manager(folder, tasks)
+
+
 def language_model(
     model: TrainedModel,
     *,

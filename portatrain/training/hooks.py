@@ -96,6 +96,60 @@ class TextSample(Hook):
         return {"sample": f"{self.prompt}{texts.after(found.prompt, found.tokens)}"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tasks(Hook):
+    """A hook that runs tasks of lm-evaluation-harness on the live model, after every evaluation of the run.
+
+    The results are on the run's curve at their step, in the report and in trackers, as those of `portatrain eval`.
+    """
+
+    tasks: tuple[str, ...]
+    """The names of tasks, groups or tags."""
+    folder: str | None = None
+    """The folder with definitions of tasks (YAML); then only these are known. None: those of the package."""
+    fewshot: int | None = None
+    """Examples before each question. None: as each task says."""
+    limit: int | None = None
+    """Take the first documents of each task only. None: all."""
+    rows: int = 8
+    """Texts of a batch."""
+
+    def check(self, recipe: Recipe, definition: Definition) -> None:
+        from portatrain.training.harness import check_tasks
+
+        if not callable(getattr(definition.model, "predict", None)):
+            got = f"{type(definition.model).__name__}, which has none"
+            raise _unfit(self, recipe, "a model with a method predict(ops, batch)", got)
+        check_tasks(self.tasks, self.folder)
+
+    def on_evaluation(self, run: TrainingView, record: EvalRecord) -> None:
+        from portatrain.training.harness import evaluate_tasks
+        from portatrain.training.trained import TrainedModel
+
+        found = evaluate_tasks(
+            TrainedModel(run.recipe, run.step, *run.live()),
+            self.tasks,
+            folder=self.folder,
+            fewshot=self.fewshot,
+            limit=self.limit,
+            rows=self.rows,
+            bootstraps=0,
+        )
+        for task, metrics in found.metrics.items():
+            if metrics:
+                run.event(
+                    Kind.TASK,
+                    step=record.step,
+                    task=task,
+                    metrics=dict(metrics),
+                    samples=found.samples.get(task),
+                    shots=found.shots.get(task),
+                    backend=run.backend,
+                    version=found.versions.get(task, ""),
+                    release=f"lm_eval {found.release}",
+                )
+
+
 def _require_bytes(hook: Hook, recipe: Recipe) -> None:
     """Raise UserError unless each token of the data is a byte of text."""
     for source in _sources(recipe.data):

@@ -1,4 +1,5 @@
-"""The statistics of `statistics_every`: norms of every parameter, gradient and update, by layer, as by the probe."""
+"""The statistics of `statistics_every`, by layer: norms of every parameter, gradient and update, as by the probe, and
+what `model/measured.py` records of activations."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from portatrain.backends.base import Backend
 from portatrain.errors import UserError
+from portatrain.model.measured import KINDS as ACTIVATIONS
 from portatrain.recipe import Recipe
 
 KINDS = ("params", "grad", "update")
@@ -25,6 +27,7 @@ class Statistics:
     def __init__(self, recipe: Recipe, backend: Backend) -> None:
         self._recipe, self._backend = recipe, backend
         self._within = bool(getattr(backend, "takes_statistics", False))
+        self._probed = {"activations": True} if getattr(backend, "probes_activations", False) else {}
         if recipe.statistics_every and not self._within and getattr(backend, "probe", None) is None:
             raise UserError(
                 f"recipe field statistics_every on the {backend.name} backend",
@@ -46,8 +49,8 @@ class Statistics:
         """Return the norms of the coming step, if they are due and the step itself cannot give them; else {}."""
         if self._within or not self.due(step):
             return {}
-        found: Mapping[str, np.ndarray] = self._backend.probe(state, batch, step=step, scale=scale)
-        return {name: norms for name, norms in found.items() if name.partition("/")[0] in KINDS}
+        found: Mapping[str, np.ndarray] = self._backend.probe(state, batch, step=step, scale=scale, **self._probed)
+        return {name: values for name, values in found.items() if name.partition("/")[0] in (*KINDS, *ACTIVATIONS)}
 
 
 def flat(norms: Mapping[str, Any]) -> dict[str, float]:

@@ -77,6 +77,11 @@ class TrainingView:
         """Return the model's `predict` on a batch of samples."""
         return self._backend.predict(self._state(), batch)
 
+    def live(self) -> tuple[Backend, Any]:
+        """Return the backend and its state as it is now, of which a hook makes a `TrainedModel`. Every process must use
+        it together, and the state ends with the next step, which changes the weights."""
+        return self._backend, self._state()
+
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float = 0.7, top_p: float = 1.0
     ) -> list[Continued]:

@@ -171,7 +171,7 @@ def test_the_sizes_that_an_error_names_do_work(batch: int, accumulation: int, ca
 
 @given(name=WORD, option=st.sampled_from(["--backend", "--mesh", "--devices", "--stop-at", "--track"]))
 def test_any_word_after_an_option_is_refused_in_one_paragraph(name: str, option: str, capsys: Capture) -> None:
-    known = {"--backend": {"jax", "torch"}, "--track": {"wandb", "tensorboard"}}.get(option, set())
+    known = {"--backend": {"jax", "torch"}, "--track": {"wandb", "tensorboard", "trackio", "mlflow"}}.get(option, set())
     legal = name in known or name.strip().isdigit() or not name.replace(",", "").strip()
     if not legal:
         refused(main, [*TRAIN, f"{option}={name}"], capsys)

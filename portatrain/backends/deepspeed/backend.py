@@ -42,12 +42,14 @@ from portatrain.backends.state import COUNT, StateTensor, initial_box
 from portatrain.backends.torch.accumulation import aux_value
 from portatrain.backends.torch.devices import peak_bytes
 from portatrain.backends.torch.lower import Piece, lower
+from portatrain.backends.torch.measured import on_host
 from portatrain.backends.torch.mesh_backend import MeshBackend
 from portatrain.backends.torch.one_device import Batch, OneDevice, TorchState
 from portatrain.backends.torch.optimizer import total_norm
 from portatrain.backends.torch.row_ops import RowOps
 from portatrain.model.across_samples import Across
 from portatrain.model.layout import Mesh
+from portatrain.model.measured import split
 from portatrain.model.module import TensorInfo
 from portatrain.model.ops import Loss
 
@@ -61,6 +63,7 @@ class ZeroBackend(MeshBackend):
     stage = 0
     watch: Any = None  # DeepSpeed has the gradients
     takes_statistics = False  # `probe` measures them
+    probes_activations = True
 
     def __init__(self, program: Program) -> None:
         check(program, backend=self.name, stage=self.stage)
@@ -282,13 +285,15 @@ class ZeroBackend(MeshBackend):
 
     # ---- without an update
 
-    def probe(self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
+    def probe(self, state: TorchState, batch: Batch, *, step: int, scale: float, activations: bool = False) -> Arrays:
         held = zero_state(state)
-        self._accumulate(state, batch, step)
+        self.measures = activations
+        _loss, _weight, auxes, _tallies = self._accumulate(state, batch, step)
+        self.measures = False
         limit, length = self._clipping(float(self._norm(state)))
         found = norms(self, held, clip=limit / length, scale=scale)
         self._drop(held)
-        return found
+        return {**found, **on_host(split(auxes)[0])}
 
     restore_shared: Any = None  # it reads flat ranges of its own
     unequal_copies = unequal_copies

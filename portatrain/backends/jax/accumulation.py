@@ -166,6 +166,8 @@ def aux_part(aux: Any) -> dict[str, Any]:
     count = jnp.float32(aux.count * aux.value_B.shape[0])
     if aux.reduce == "max":
         return {"max": jnp.max(aux.value_B)}
+    if aux.reduce == "peaks":
+        return {"max": jnp.max(aux.value_B, axis=0)}
     if aux.reduce == "layers":
         return {"layers": jnp.sum(aux.value_B, axis=0), "count": jnp.float32(aux.value_B.shape[0])}
     return {"sum": jnp.sum(aux.value_B)} | ({"count": count} if aux.reduce == "mean" else {})

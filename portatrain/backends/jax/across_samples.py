@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from portatrain.model.across_samples import Across, check_arrays, fits, grouped, outside_stacks, results
+from portatrain.model.measured import hushing
 from portatrain.model.ops_results import Loss
 
 
@@ -30,6 +31,7 @@ class AcrossSamples:
     sample: Any
     aux: Callable[..., None]
 
+    @hushing
     def across_samples(self, fn: Callable[..., Any], *xs: Any, group: int | None = None) -> Loss:
         across = outside_stacks(self.across)
         rows = check_arrays(xs, group)

@@ -125,7 +125,7 @@ def _in_chunks(
             q, at, of = cut
             return None, _seen(options, q, at, of, k32.astype(kind), at_k, of_k, v32.astype(kind))
 
-        cut = _Cut(n, parts)
+        cut = Cut(n, parts)
         xs = cut.into(q_BKGSD, 3), cut.into(at_q, at_q.ndim - 1), None if of_q is None else cut.into(of_q, 1)
         _, outs = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), None, xs)
         out_BKGSD = cut.back(outs, 3)
@@ -165,7 +165,7 @@ def _seen(
     )
 
 
-class _Cut:
+class Cut:
     """Cut an axis into `n` chunks. Each chunk takes an equal share of every one of the `parts` on other devices."""
 
     def __init__(self, n: int, parts: int) -> None:

@@ -36,6 +36,7 @@ from portatrain.backends.token_ids import PREDICTED, TokenIds
 from portatrain.model import dropout_hash, remat
 from portatrain.model.across_samples import Across
 from portatrain.model.layout import Layout
+from portatrain.model.measured import split
 from portatrain.model.module import TensorInfo
 from portatrain.model.state_updates import run_after_step
 from portatrain.optim import clip_scale, global_norm
@@ -115,6 +116,7 @@ class JaxBackend(About, Held, StandaloneOps, Watches):
         training: bool,
         across: Across | None = None,
         layout: Layout | None = None,
+        measured: bool = False,
     ) -> JaxOps:
         sample = batch.get("sample")
         return JaxOps(
@@ -131,6 +133,7 @@ class JaxBackend(About, Held, StandaloneOps, Watches):
             given=batch,
             ids=self.ids,
             across=across or Across(),
+            measured=measured,
         )
 
     # ---- states
@@ -202,9 +205,17 @@ class JaxBackend(About, Held, StandaloneOps, Watches):
     # ---- the step
 
     def _loss(
-        self, trained: Any, frozen: Any, states: Any, batch: Any, step: Any, across: Across, layout: Layout
+        self,
+        trained: Any,
+        frozen: Any,
+        states: Any,
+        batch: Any,
+        step: Any,
+        across: Across,
+        layout: Layout,
+        measured: bool,
     ) -> Any:
-        ops = self._ops(batch, step, training=True, across=across, layout=layout)
+        ops = self._ops(batch, step, training=True, across=across, layout=layout, measured=measured)
         with self.ids.model_runs():
             loss = check_loss(self._module({**frozen, **trained}, states)(ops, batch), self.definition.model)
         self.compares_samples = self.compares_samples or across.calls > 0
@@ -212,14 +223,14 @@ class JaxBackend(About, Held, StandaloneOps, Watches):
         auxes = {k: aux_part(a) for k, a in ops.auxes.items()}
         return total, (total, jnp.sum(loss.weight_B), auxes, ops.tallies)
 
-    def _accumulate(self, state: State, batch: Mapping[str, Any], step: Any) -> Any:
+    def _accumulate(self, state: State, batch: Mapping[str, Any], step: Any, measured: bool = False) -> Any:
         """Return (gradients of the mean loss, loss, weight, aux, tallies), accumulated over the microbatches."""
         trained = {n: p for n, p in state["params"].items() if n in self.program.trainable}
         frozen = {n: p for n, p in state["params"].items() if n not in self.program.trainable}
 
         def one(micro: Any, across: Across, layout: Layout) -> Any:
             grads, (total, weight, auxes, tallies) = jax.grad(self._loss, has_aux=True)(
-                trained, frozen, state["state"], micro, step, across, layout
+                trained, frozen, state["state"], micro, step, across, layout, measured
             )
             return grads, total, weight, auxes, tallies
 
@@ -260,7 +271,8 @@ class JaxBackend(About, Held, StandaloneOps, Watches):
     def _step(
         self, state: State, batch: Any, step: Any, scale: Any, limits: Any = None, *, measured: bool = False
     ) -> tuple[State, Any]:
-        grads, loss, weight, auxes, tallies = self._accumulate(state, batch, step)
+        grads, loss, weight, auxes, tallies = self._accumulate(state, batch, step, measured)
+        activations, auxes = split(auxes)
         norm = global_norm(xp, grads)
         good = within_on_device(jnp, loss, norm, limits)
 
@@ -276,7 +288,7 @@ class JaxBackend(About, Held, StandaloneOps, Watches):
         skipped = 1 - good.astype(jnp.int32)
         found = {"loss": loss, "grad_norm": norm, "skipped": skipped, "weight": weight, "aux": aux}
         if measured:
-            found["statistics"] = self._norms(state, grads, norm, scale, roles=("params",))
+            found["statistics"] = {**self._norms(state, grads, norm, scale, roles=("params",)), **activations}
         return new, found
 
     def step(

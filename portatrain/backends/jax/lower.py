@@ -12,6 +12,7 @@ from typing import Any
 
 from flax import nnx
 
+from portatrain.model.measured import measuring
 from portatrain.model.module import Definition, Module, Param, State
 
 
@@ -32,6 +33,7 @@ def native_class(portable: type[Module]) -> type:
         (portable, nnx.Module),
         {
             "__init__": __init__,
+            "__call__": measuring(portable),
             "__module__": portable.__module__,
             "__doc__": portable.__doc__,
             "__hash__": nnx.Module.__hash__,

@@ -22,6 +22,7 @@ from portatrain.backends.jax.cpu_products import may_merge, product_of
 from portatrain.backends.jax.experts import JaxExperts, Rows
 from portatrain.backends.jax.losses import cross_entropy
 from portatrain.backends.jax.low_precision import contraction, low_rows, transposable
+from portatrain.backends.jax.measured import Measured
 from portatrain.backends.jax.ops_arrays import JaxArrays
 from portatrain.backends.jax.sharding_constraints import OnMesh, gathered, partition_spec, plain
 from portatrain.backends.kernels import Case, Site
@@ -32,6 +33,7 @@ from portatrain.model.fp8 import Form
 from portatrain.model.layout import Layout
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
+from portatrain.model.ops_results import OF_LAYERS
 from portatrain.model.remat import POLICIES, Policy, check_used
 from portatrain.model.rope import Scaling, rotary
 from portatrain.model.scaled import looks_up, scores
@@ -72,7 +74,7 @@ summed_in_two_steps.defvjp(
 
 
 @dataclasses.dataclass
-class JaxOps(OnMesh, AcrossSamples, JaxArrays, JaxExperts):
+class JaxOps(Measured, OnMesh, AcrossSamples, JaxArrays, JaxExperts):
     """See `model.ops.Ops`. Every trace makes a new instance; `auxes` and `tallies` collect the values that it
     records."""
 
@@ -95,6 +97,10 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays, JaxExperts):
     across: Across | None = dataclasses.field(default_factory=Across)
     rows: Rows | None = None
     """In the body of `experts`."""
+    measured: bool = False
+    """True if the step records activations (`model/measured.py`)."""
+    path: str = ""
+    hushed: bool = False
 
     @property
     def _precision(self) -> Any:
@@ -221,6 +227,7 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays, JaxExperts):
     def attention(self, q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, **options: Any) -> Any:
         if (sinks := options.get("sinks")) is not None:
             options["sinks"] = self.weight(sinks)
+        self.logits(q_BSHD, k_BTKD, options)
         name = "attention"
         self.named.add(name)
         kept = name if self.remat.by_name else None
@@ -237,12 +244,15 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays, JaxExperts):
         return jnp.where(bits >= dropout_hash.threshold(rate), x * (1 / (1 - rate)), 0).astype(x.dtype)
 
     def silu(self, x: Any) -> Any:
+        self.units(x)
         return jax.nn.silu(x)
 
     def gelu(self, x: Any, *, approximate: bool = False) -> Any:
+        self.units(x)
         return jax.nn.gelu(x, approximate=approximate)
 
     def relu(self, x: Any) -> Any:
+        self.units(x)
         return jnp.where(x <= 0, 0, x)  # where jnp.maximum has derivative 1/2 at 0
 
     def sigmoid(self, x: Any) -> Any:
@@ -389,8 +399,8 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays, JaxExperts):
 
 
 def _of_layers(values_NB: Any, reduce: str) -> Any:
-    """Combine what each of N layers of a Stack recorded: (B,), or (B, N * calls, ...) with reduce='layers'."""
-    if reduce == "layers":
+    """Combine what each of N layers of a Stack recorded: (B,), or (B, N * calls, ...) if it keeps them apart."""
+    if reduce in OF_LAYERS:
         values_BN = jnp.moveaxis(values_NB, 0, 1)
         return values_BN.reshape(values_BN.shape[0], -1, *values_BN.shape[3:])
     return jnp.max(values_NB, axis=0) if reduce == "max" else jnp.sum(values_NB, axis=0)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from portatrain.model.measured import hushing
 from portatrain.model.ops_checks import (
     Axes,
     Sizes,
@@ -186,6 +187,7 @@ class JaxArrays(Composed):
 
     # ---- scans
 
+    @hushing
     def scan(self, fn: Callable[..., Any], carry: Any, xs: Any) -> tuple[Any, Any]:
         _length("ops.scan", xs, 1)
         before = recorded(self)
@@ -193,6 +195,7 @@ class JaxArrays(Composed):
         check_quiet(self, before)
         return carry, jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1), ys)
 
+    @hushing
     def associative_scan(self, fn: Callable[[Any, Any], Any], xs: Any, *, axis: int = 1) -> Any:
         def cut(tree: Any, part: slice) -> Any:
             return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, part.start, part.stop, part.step or 1, axis), tree)

@@ -109,6 +109,9 @@ def _join_aux(so_far: dict[str, Tensor] | None, aux: Aux) -> dict[str, Tensor]:
     if aux.reduce == "max":
         high = aux.value_B.max()
         return {"max": high if so_far is None else torch.maximum(so_far["max"], high)}
+    if aux.reduce == "peaks":
+        peaks = aux.value_B.amax(0)
+        return {"max": peaks if so_far is None else torch.maximum(so_far["max"], peaks)}
     if aux.reduce == "layers":
         count = torch.tensor(float(aux.value_B.shape[0]))
         found = {"layers": aux.value_B.sum(0), "count": count}

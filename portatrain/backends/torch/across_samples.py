@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from portatrain.model.across_samples import Across, check_arrays, fits, grouped, outside_stacks, results
+from portatrain.model.measured import hushing
 from portatrain.model.ops_results import Loss
 
 
@@ -40,6 +41,7 @@ class AcrossSamples:
         """Return the rows of all parts of the microbatch, without gradient."""
         return x.detach()
 
+    @hushing
     def across_samples(self, fn: Callable[..., Any], *xs: Tensor, group: int | None = None) -> Loss:
         across = outside_stacks(self.across)
         rows = check_arrays(xs, group)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from portatrain.model.measured import measuring
 from portatrain.model.module import Definition, Module, Param, Stack, State
 
 
@@ -25,7 +26,7 @@ def native_class(portable: type[Module]) -> type:
         portable.__name__,
         (base, portable),
         {
-            "forward": portable.__call__,
+            "forward": measuring(portable),
             "__call__": nn.Module.__call__,
             "__module__": portable.__module__,
             "__doc__": portable.__doc__,

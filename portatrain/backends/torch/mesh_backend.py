@@ -143,9 +143,11 @@ class MeshBackend(MeshWatches, OneDevice):
             found[name][kind] = value
         highs = [name for name in sorted(auxes) if "max" in auxes[name]]
         if highs:
-            top = torch.stack([plain(auxes[name]["max"]) for name in highs])
-            for name, value in zip(highs, self.world.all_reduce(top, BATCH_MESH_AXES, dist.ReduceOp.MAX), strict=True):
-                found[name]["max"] = value
+            tops = [plain(auxes[name]["max"]) for name in highs]
+            top = torch.cat([x.reshape(-1) for x in tops])
+            cut = self.world.all_reduce(top, BATCH_MESH_AXES, dist.ReduceOp.MAX).split([x.numel() for x in tops])
+            for name, value, like in zip(highs, cut, tops, strict=True):
+                found[name]["max"] = value.reshape(like.shape)
         return loss, weight, found
 
     def _ops_after(self, step: int) -> TorchOps:

@@ -25,6 +25,7 @@ from portatrain.backends.torch.mesh import World
 from portatrain.backends.torch.mesh_attention import MeshAttention
 from portatrain.backends.torch.mesh_experts import MeshExperts
 from portatrain.backends.torch.mesh_losses import MeshLosses
+from portatrain.backends.torch.mesh_measured import MeshMeasured
 from portatrain.backends.torch.mesh_ops_arrays import MeshArrays
 from portatrain.backends.torch.mesh_values import Kept, SumRows, Weight, of_all_experts, plain
 from portatrain.backends.torch.ops import TorchOps
@@ -39,7 +40,7 @@ Placements = Sequence[Placement]
 
 
 @dataclasses.dataclass
-class MeshOps(MeshAttention, MeshArrays, MeshLosses, MeshExperts, RowOps):
+class MeshOps(MeshMeasured, MeshAttention, MeshArrays, MeshLosses, MeshExperts, RowOps):
     """Implement `Ops` on context and tensor axes, see the top of this file."""
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ from portatrain.backends.torch.devices import check_device, pick_device, row_of
 from portatrain.backends.torch.host import box, to_torch
 from portatrain.backends.torch.losses import chunk_loss, token_losses
 from portatrain.backends.torch.lower import Piece, lower
+from portatrain.backends.torch.measured import on_host
 from portatrain.backends.torch.ops import Static, TorchOps, run_block, run_block_handing
 from portatrain.backends.torch.optimizer import RuleOptimizer, total_norm
 from portatrain.backends.torch.probe import norms
@@ -35,6 +36,7 @@ from portatrain.backends.torch.watched import Watches
 from portatrain.errors import UserError
 from portatrain.model import remat
 from portatrain.model.across_samples import Across
+from portatrain.model.measured import split
 from portatrain.model.module import TensorInfo
 from portatrain.model.ops import Loss
 from portatrain.model.state_updates import needs_after_step, run_after_step
@@ -66,6 +68,8 @@ class OneDevice(About, Accumulates, StandaloneOps, Watches):
     async_dispatch = False  # a step ends in one wait for the device: is it finite?
     takes_limits = takes_statistics = True
     ops: Any = TorchOps
+    measures = False
+    """Whether the step that runs records activations."""
     process, processes = 0, 1
 
     def __init__(self, program: Program) -> None:
@@ -130,7 +134,13 @@ class OneDevice(About, Accumulates, StandaloneOps, Watches):
 
     def _ops(self, batch: Mapping[str, Tensor], step: int, training: bool) -> TorchOps:
         static = Static(
-            training, COMPUTE[self.program.precision], self.remat, self.program.layout, ops=self.ops, site=self.site
+            training,
+            COMPUTE[self.program.precision],
+            self.remat,
+            self.program.layout,
+            ops=self.ops,
+            site=self.site,
+            measures=training and self.measures,
         )
         sample = batch.get("sample")
         return self.ops(
@@ -250,7 +260,10 @@ class OneDevice(About, Accumulates, StandaloneOps, Watches):
         limits: Limits = NONE,
         statistics: bool = False,
     ) -> tuple[TorchState, StepResult]:
+        self.measures = statistics
         loss, weight, auxes, tallies = self._accumulate(state, batch, step)
+        self.measures = False
+        activations, auxes = split(auxes)
         grads = self._grads(state)
         norm = self._norm(state)
         # The host waits once a step for the device, because a step that is not within the limits must change nothing.
@@ -266,7 +279,7 @@ class OneDevice(About, Accumulates, StandaloneOps, Watches):
             self._after(state, step, tallies)
         metrics = {k: aux_value(v) for k, v in auxes.items()}
         numbers: Any = {"loss": loss, "grad_norm": norm, "skipped": int(not good), "weight": weight}
-        return state, StepResult.of(metrics, **numbers, statistics=found)
+        return state, StepResult.of(metrics, **numbers, statistics={**found, **on_host(activations)})
 
     def _clipping(self, norm: float) -> tuple[float, float]:
         """Return the factor of the gradients, of which `norm` is the norm, as (numerator, denominator)."""

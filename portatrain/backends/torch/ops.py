@@ -22,6 +22,7 @@ from portatrain.backends.torch.experts import Rows, TorchExperts
 from portatrain.backends.torch.handed import Handed
 from portatrain.backends.torch.losses import chunk_loss, cross_entropy, token_losses
 from portatrain.backends.torch.low_precision import low_rows
+from portatrain.backends.torch.measured import Measured, largest_logit
 from portatrain.backends.torch.ops_arrays import TorchArrays
 from portatrain.backends.torch.remat import keep
 from portatrain.backends.torch.rms_norm import by_sample, rms_norm
@@ -54,12 +55,14 @@ class Static:
     """The class of operations, TorchOps unless a mesh needs another one."""
     site: Site = SITE
     """The facts that decide which kernels run."""
+    measures: bool = False
+    """True if the step records activations (`model/measured.py`)."""
     calls: bool = False
     """True if blocks are run by their own call, with the hooks that other libraries put on it."""
 
 
 @dataclasses.dataclass
-class TorchOps(AcrossSamples, TorchArrays, TorchExperts):
+class TorchOps(Measured, AcrossSamples, TorchArrays, TorchExperts):
     """See `portatrain.model.ops.Ops`. `auxes` and `tallies` collect the values that the model records.
 
     `run_block` runs one layer of a Stack (compiled, if the backend compiles), `run_again` one layer under the remat
@@ -89,6 +92,8 @@ class TorchOps(AcrossSamples, TorchArrays, TorchExperts):
     """None in the block of a Stack."""
     rows: Rows | None = None
     """In the body of `experts`."""
+    path: str = ""
+    hushed: bool = False
 
     @property
     def training(self) -> bool:
@@ -179,6 +184,8 @@ class TorchOps(AcrossSamples, TorchArrays, TorchExperts):
     def attention(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, **options: Any) -> Tensor:
         if (sinks := options.get("sinks")) is not None:
             options["sinks"] = self.weight(sinks)
+        if self.measures:
+            self._measure("logit", self.path, largest_logit(q_BSHD, k_BTKD, **options)[None, None, None], "peaks")
         out = attention(q_BSHD, k_BTKD, v_BTKD, site=self.static.site, kept=self._kept, **options)
         # The result of a kernel is kept with the tensors of its backward pass; attention written out is kept by name.
         by_hand = options.get("softcap") is not None or options.get("sinks") is not None
@@ -204,15 +211,18 @@ class TorchOps(AcrossSamples, TorchArrays, TorchExperts):
         return torch.where(bits >= dropout_hash.threshold(rate), x * (1 / (1 - rate)), 0).to(x.dtype)
 
     def silu(self, x: Tensor) -> Tensor:
+        self.units(x)
         return F.silu(x)
 
     def gelu(self, x: Tensor, *, approximate: bool = False) -> Tensor:
+        self.units(x)
         if not approximate and x.device.type == "cpu" and not torch.compiler.is_compiling():
             # The CPU's own kernel gives NaN for infinity, and infinity from 2^127 on.
             return 0.5 * x * torch.special.erfc(x * -(0.5**0.5))
         return F.gelu(x, approximate="tanh" if approximate else "none")
 
     def relu(self, x: Tensor) -> Tensor:
+        self.units(x)
         return F.relu(x)
 
     def sigmoid(self, x: Tensor) -> Tensor:

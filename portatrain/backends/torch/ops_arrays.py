@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from portatrain.model.measured import hushing
 from portatrain.model.ops_checks import (
     Axes,
     Sizes,
@@ -193,6 +194,7 @@ class TorchArrays(Composed):
 
     # ---- scans
 
+    @hushing
     def scan(self, fn: Callable[..., Any], carry: Any, xs: Any) -> tuple[Any, Any]:
         before, ys = recorded(self), []
         for t in range(_length("ops.scan", xs, 1)):
@@ -201,6 +203,7 @@ class TorchArrays(Composed):
         check_quiet(self, before)
         return carry, tree_map(lambda *parts: torch.stack(parts, 1), *ys)
 
+    @hushing
     def associative_scan(self, fn: Callable[[Any, Any], Any], xs: Any, *, axis: int = 1) -> Any:
         def cut(tree: Any, part: slice) -> Any:
             return tree_map(lambda x: x[(slice(None),) * axis + (part,)], tree)

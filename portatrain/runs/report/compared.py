@@ -13,13 +13,13 @@ from portatrain.runs.report.by_task import several_by_task
 from portatrain.runs.report.curves import Curve, curves_chart, key
 from portatrain.runs.report.page import STYLE
 from portatrain.runs.report.tables import section, table
+from portatrain.runs.report.watched import several_watched
 from portatrain.system.text import duration
 
 MADE_BY = '<meta name="generator" content="portatrain compare">'
 """The line by which a file is known as such a page, which may be written again."""
 MORE_STYLE = """
-.line { fill: none; stroke-width: 1.6 } .line:hover { stroke-width: 4 } svg.sample { display: inline; width: 2.2em;
-  height: .7em; margin-right: .4em } .best { font-weight: 600 } .wide { overflow-x: auto }
+.best { font-weight: 600 }
 """
 X_LABELS = {"step": "steps", "seconds": "seconds of training", "usd": "USD at list prices, for the seconds of training"}
 WIDE_X = 8.0
@@ -40,6 +40,7 @@ def page(found: Comparison) -> str:
         *(_curves(found, axis) for axis in found.axes),
         several_by_source([(one.label, one.run) for one in found.runs]),
         several_by_task([(one.label, one.run) for one in found.runs]),
+        several_watched([(one.label, one.run) for one in found.runs]),
         _fields(found),
         _prices(found),
         "</body></html>",

@@ -18,6 +18,7 @@ from portatrain.runs.report.charts import VERDICTS, Band, Mark, chart
 from portatrain.runs.report.layers import layers
 from portatrain.runs.report.tables import section as _section
 from portatrain.runs.report.tables import table as _table
+from portatrain.runs.report.watched import watched
 from portatrain.runs.verdict import in_words
 from portatrain.system.text import counted, duration
 
@@ -32,6 +33,9 @@ svg text { font: 11px system-ui, sans-serif; fill: #555 } svg text.title { font-
 .grid { stroke: #ddd; stroke-width: .6 } .curve { fill: none; stroke: #1b3a57; stroke-width: 1.4 }
 .range { fill: #1b3a57; fill-opacity: .18 } .dot { fill: #d62728 } .none { color: #888 }
 .key { display: inline-block; width: 1em; height: 1em; vertical-align: -.15em; margin-right: .4em; opacity: .55 }
+summary { font-weight: 600; cursor: pointer; margin: .6em 0 } .wide { overflow-x: auto }
+svg.sample { display: inline; width: 2.2em; height: .7em; margin-right: .4em }
+.line { fill: none; stroke-width: 1.6 } .line:hover { stroke-width: 4 }
 code { background: #f4f4f4; padding: 0 .25em } .sub { color: #666; margin-top: .2em }
 """
 
@@ -53,6 +57,7 @@ def page(run: History, checkpoints: Sequence[Mapping[str, Any]], forks: Sequence
             changed.forks(run, forks),
             changed.changes(run),
             layers(run),
+            watched(run),
             _first_steps(run),
             _plans(run),
             _profiles(run),

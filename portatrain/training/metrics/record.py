@@ -126,7 +126,8 @@ class StepRecord:
     aux: Mapping[str, float] = field(default_factory=dict)
     """The values that the model recorded by ``ops.aux``."""
     statistics: Mapping[str, float] = field(default_factory=dict)
-    """The norms of parameters, gradients and updates, by tensor and layer, in the steps of ``statistics_every``."""
+    """The norms of parameters, gradients and updates by tensor and layer, and activations, dead units and attention
+    logits by module and layer, in the steps of ``statistics_every``."""
     layers: Mapping[str, Any] = field(default_factory=dict)
     """The values of ``ops.aux`` with ``reduce='layers'``: a number for each layer, or a list of numbers for each, to 6
     digits. Where they are more than 256 numbers, most steps leave them out, so that a step has no more in the mean."""

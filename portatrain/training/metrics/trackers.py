@@ -1,4 +1,5 @@
-"""The trackers that `--track` can name: Weights & Biases, TensorBoard, those of other packages, and classes in files.
+"""The trackers that `--track` can name: Weights & Biases, TensorBoard, trackio, MLflow, those of other packages, and
+classes in files.
 
 Each is imported when it is named.
 """
@@ -15,6 +16,7 @@ from typing import Any
 
 from portatrain.errors import UserError, choice
 from portatrain.recipe.loading import import_file
+from portatrain.runs.reported import scalars as scalars_of_event
 from portatrain.system.plugins import Registry, lacks
 from portatrain.training.metrics.record import EvalRecord, RunInfo, Sink, StepRecord
 
@@ -38,7 +40,14 @@ def scalars(record: StepRecord | EvalRecord, prefix: str) -> dict[str, float]:
     return found
 
 
-def _import(module: str, extra: str) -> Any:
+def run_key(info: RunInfo) -> str:
+    """Return the id of a run; of one that began without an id, the name of its folder in characters that trackers
+    take."""
+    return info.id or re.sub("[/\\\\#?%:;,']", "-", info.run)
+
+
+def imported(module: str, extra: str) -> Any:
+    """Return a tracker's module; raise UserError, with the command that installs it, if it is missing."""
     if importlib.util.find_spec(module) is None:
         raise UserError(
             f"metrics to {extra}",
@@ -53,28 +62,29 @@ class WandbSink:
     """A ``Sink`` to Weights & Biases; WANDB_PROJECT, WANDB_MODE and its other variables apply."""
 
     def __init__(self) -> None:
-        self._wandb = _import("wandb", "wandb")
+        self._wandb = imported("wandb", "wandb")
         self._run: Any = None
+        self._at = 0
 
     def start(self, info: RunInfo) -> None:
         # All attempts are one curve. A run that began without an id is known by the name of its folder; wandb refuses
         # some characters in an id.
         self._run = self._wandb.init(
-            id=info.id or re.sub("[/\\\\#?%:;,]", "-", info.run),
-            name=info.run,
-            dir=info.run_dir,
-            config=dict(info.recipe),
-            resume="allow",
+            id=run_key(info), name=info.run, dir=info.run_dir, config=dict(info.recipe), resume="allow"
         )
 
     def step(self, record: StepRecord) -> None:
+        self._at = record.step
         self._run.log(scalars(record, "train"), step=record.step)
 
     def eval(self, record: EvalRecord) -> None:
         self._run.log(scalars(record, "validation"), step=record.step)
 
     def event(self, kind: str, **fields: object) -> None:
-        pass  # events.jsonl has the events; wandb has nothing like them
+        # events.jsonl has the events; wandb has nothing like them, but for the numbers of hooks.
+        found = scalars_of_event(kind, fields)
+        if self._run is not None and found:
+            self._run.log(found, step=fields.get("step", self._at))
 
     def end(self, summary: Mapping[str, object]) -> None:
         if self._run is not None:
@@ -86,13 +96,15 @@ class TensorBoardSink:
     """A ``Sink`` that writes TensorBoard event files into the run directory."""
 
     def __init__(self) -> None:
-        self._module = _import("tensorboardX", "tensorboard")
+        self._module = imported("tensorboardX", "tensorboard")
         self._writer: Any = None
+        self._at = 0
 
     def start(self, info: RunInfo) -> None:
         self._writer = self._module.SummaryWriter(f"{info.run_dir}/attempts/{info.attempt}/tensorboard")
 
     def step(self, record: StepRecord) -> None:
+        self._at = record.step
         for name, value in scalars(record, "train").items():
             self._writer.add_scalar(name, value, record.step)
 
@@ -102,6 +114,8 @@ class TensorBoardSink:
 
     def event(self, kind: str, **fields: object) -> None:
         self._writer.add_text(kind, ", ".join(f"{key}={value}" for key, value in fields.items()))
+        for name, value in scalars_of_event(kind, fields).items():
+            self._writer.add_scalar(name, value, fields.get("step", self._at))
 
     def end(self, summary: Mapping[str, object]) -> None:
         if self._writer is not None:
@@ -114,6 +128,8 @@ TRACKERS = Registry(
     ours={
         "wandb": "portatrain.training.metrics.trackers:WandbSink",
         "tensorboard": "portatrain.training.metrics.trackers:TensorBoardSink",
+        "trackio": "portatrain.training.metrics.trackio_sink:TrackioSink",
+        "mlflow": "portatrain.training.metrics.mlflow_sink:MlflowSink",
     },
 )
 """The trackers that ``--track`` can name. A package adds a class that is made without arguments, by an entry point."""
