@@ -6,6 +6,10 @@
 Printed: for each setup the largest relative difference of twelve losses from those of one jax device; then, of a run
 that moves from jax over tensor to torch over fsdp and to one jax device, the verdict at each move, the same difference,
 and whether the whole state comes back bit for bit. With a value out of bounds the exit code is 1.
+
+The norms of a small recurrence amplify rounding from step to step: one jax device that adds up the same samples in one
+microbatch in place of two drifts from itself. The bound of losses is 1e-6, or four times that drift if it is larger, as
+in `benchmarks.generated_parity.held`; the drift is printed.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.generated_parity.held import AMPLIFIED
 from benchmarks.resume_matrix import BOUND, losses
 from benchmarks.resume_mixture import move, show, wrong
 from portatrain.data import Stdlib
@@ -37,7 +42,7 @@ def recipe() -> Recipe:
             **{"key_heads": 2, "value_heads": 4, "key_size": 8, "value_size": 12},
         ),
         data=Stdlib(seq_len=64, validation=0.03),
-        optimizer=AdamW(lr=3e-3, b2=0.95, weight_decay=0.1),
+        optimizer=AdamW(lr=3e-4, b2=0.95, weight_decay=0.1),
         schedule=Constant(warmup=2),
         steps=STEPS,
         batch=8,
@@ -58,15 +63,25 @@ def curves(scratch: Path) -> dict[str, float]:
     return found
 
 
+def bound(scratch: Path) -> tuple[float, float]:
+    """Return (the bound of losses, how far one jax device drifts from itself in one microbatch in place of two)."""
+    baseline = losses(scratch, "whole", "jax", "", recipe=FILE, given=())
+    other = losses(scratch, "one-microbatch", "jax", "", recipe=FILE, given=("accumulation=1",))
+    drift = max(abs(a - b) / a for a, b in zip(baseline, other, strict=True))
+    return max(BOUND, AMPLIFIED * drift), drift
+
+
 def main() -> int:
     """Print what was found; return the exit code."""
     with tempfile.TemporaryDirectory() as scratch:
+        most, drift = bound(Path(scratch))
         found = curves(Path(scratch))
         row = move(Path(scratch) / "moves", FILE, LEGS, STEPS // len(LEGS))
     for setup, worst in found.items():
         print(f"{setup}: {worst:.1e}")
     show(row, LEGS)
-    return int(wrong(row, LEGS) or any(not worst <= BOUND for worst in found.values()))
+    print(f"one jax device, one microbatch in place of two: {drift:.1e}; bound: {most:.1e}")
+    return int(wrong(row, LEGS, most) or any(not worst <= most for worst in found.values()))
 
 
 if __name__ == "__main__":

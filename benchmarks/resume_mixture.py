@@ -94,13 +94,13 @@ def move(scratch: Path, file: str = FILE, legs: Legs = LEGS, step: int = STEP) -
     }
 
 
-def wrong(row: Row, legs: Legs = LEGS) -> bool:
-    """Return whether a value is out of bounds."""
+def wrong(row: Row, legs: Legs = LEGS, bound: float = BOUND) -> bool:
+    """Return whether a value is out of bounds; ``bound``: that of the losses."""
     moves = len(legs) - 1
     return (
         "failed" in row
         or row["verdicts"] != ["continuous"] * moves
-        or not row["worst"] <= BOUND
+        or not row["worst"] <= bound
         or row["back"] != "same bits"
     )
 
