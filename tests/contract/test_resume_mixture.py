@@ -23,7 +23,7 @@ def test_a_mixture_moves_and_comes_back_with_the_same_bits(tmp_path: Path) -> No
     assert not wrong(row), row
 
 
-@pytest.mark.full
+@pytest.mark.hand
 @pytest.mark.timeout(1200)
 def test_a_hybrid_has_one_curve_on_every_mesh_and_moves(tmp_path: Path) -> None:
     found = resume_hybrid.curves(tmp_path)
