@@ -1,4 +1,4 @@
-"""tiny-dit: a diffusion transformer with flow matching on scikit-learn's handwritten digits, in two minutes on two CPU
+"""tiny-dit: a diffusion transformer with flow matching on scikit-learn's handwritten digits, in three minutes on two CPU
 cores. `python -m recipes.sample_images runs/tiny-dit` draws digits from it.
 """
 

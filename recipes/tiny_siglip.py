@@ -1,5 +1,5 @@
 """tiny-siglip: two towers, for pictures and for what is said of them, trained by the sigmoid loss over all pairs of a
-batch. It takes a minute on two CPU cores; the pictures are drawn by a function (`recipes.pictures`).
+batch. It takes about two minutes on two CPU cores; the pictures are drawn by a function (`recipes.pictures`).
 """
 
 from __future__ import annotations
