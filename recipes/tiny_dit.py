@@ -1,5 +1,5 @@
-"""tiny-dit: a diffusion transformer with flow matching on scikit-learn's handwritten digits, in three minutes on two CPU
-cores. `python -m recipes.sample_images runs/tiny-dit` draws digits from it.
+"""tiny-dit: a diffusion transformer with flow matching on scikit-learn's handwritten digits, in three minutes on two
+CPU cores. `python -m recipes.sample_images runs/tiny-dit` draws digits from it.
 """
 
 from __future__ import annotations

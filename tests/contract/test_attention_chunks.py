@@ -43,9 +43,9 @@ def test_chunks_keep_within_the_bound() -> None:
 def test_a_chunk_has_its_share_of_every_part(parts: int) -> None:
     import jax.numpy as jnp
 
-    from portatrain.backends.jax.attention import _Cut
+    from portatrain.backends.jax.attention import Cut
 
-    cut, x = _Cut(3, parts), jnp.arange(2 * 24 * 5).reshape(2, 24, 5)
+    cut, x = Cut(3, parts), jnp.arange(2 * 24 * 5).reshape(2, 24, 5)
     chunked = cut.into(x, 1)
     assert chunked.shape == (3, 2, 8, 5)
     np.testing.assert_array_equal(cut.back(chunked, 1), x)

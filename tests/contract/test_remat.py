@@ -173,7 +173,9 @@ def test_jax_keeps_less() -> None:
 
         def backward(params: Any) -> Any:
             _, pull, _ = jax.vjp(
-                lambda p: backend._loss(p, {}, running.state["state"], batch, np.int32(1), Across(), backend.layout),
+                lambda p: backend._loss(
+                    p, {}, running.state["state"], batch, np.int32(1), Across(), backend.layout, False
+                ),
                 params,
                 has_aux=True,
             )

@@ -28,7 +28,7 @@ def test_a_mixture_moves_and_comes_back_with_the_same_bits(tmp_path: Path) -> No
 def test_a_hybrid_has_one_curve_on_every_mesh_and_moves(tmp_path: Path) -> None:
     found = resume_hybrid.curves(tmp_path)
     row = move(tmp_path / "moves", resume_hybrid.FILE, resume_hybrid.LEGS, resume_hybrid.STEPS // 3)
-    most, drift = resume_hybrid.bound(tmp_path)
+    most, drift = resume_hybrid.bound()
     print(found, row, drift)
     assert all(worst <= most for worst in found.values()), (found, drift)
     assert not wrong(row, resume_hybrid.LEGS, most), (row, drift)
