@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from checkpoints_format import LocalStore, Reader
 from portatrain.backends import reference
-from portatrain.checkpoint.interop import export_import
 from portatrain.checkpoint.interop.families import FAMILIES as REGISTERED
 from portatrain.checkpoint.interop.families import sizes_from
 from portatrain.checkpoint.interop.hub_config import differences
@@ -22,8 +20,18 @@ from portatrain.model.module import describe
 from portatrain.optim import AdamW
 from portatrain.recipe import Recipe
 from portatrain.testing.tolerance import MOVE, UNIT_ROUNDOFF, amplification, tolerance
-from recipes.models.olmo_hybrid import OTHER_NAMES
-from tests.support.hub_models import FAMILIES, RECURRENT, ROUTED, SEQ, as_ours, by_file_names, made, ours, random_config
+from tests.support.hub_models import (
+    FAMILIES,
+    RECURRENT,
+    ROUTED,
+    SEQ,
+    as_ours,
+    by_file_names,
+    in_and_out,
+    made,
+    ours,
+    random_config,
+)
 from tests.support.running import BACKENDS, Running, microbatches
 from tests.support.vision_models import VISION
 
@@ -140,19 +148,6 @@ def running_on(backend: str, c: Case, **options: Any) -> Running:
     return made
 
 
-def held_in(folder: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    found = {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
-    # transformers saves other names of an OLMo Hybrid, and cuts its kernels at other places, than the released files.
-    for other, known in OTHER_NAMES.items():
-        found = {n.replace(other, known): t for n, t in found.items()}
-    for name in [n for n in found if n.endswith("q_conv1d.weight")]:
-        at = name.removesuffix("q_conv1d.weight")
-        found[f"{at}conv1d.weight"] = torch.cat([found.pop(f"{at}{part}_conv1d.weight") for part in "qkv"])
-    return found
-
-
 def check_round_trip(c: Case, tmp_path: Path, dtype: str) -> None:
     """The folder into a checkpoint and out: the same tensors, bit for bit, which transformers loads with the same
     logits; and the same sizes from the new config.json."""
@@ -160,11 +155,7 @@ def check_round_trip(c: Case, tmp_path: Path, dtype: str) -> None:
     if dtype != "float32":
         source = tmp_path / dtype
         c.theirs.to(kind).save_pretrained(source)  # the last use of it: its rotary table is rounded as well
-    store = tmp_path / "checkpoint"
-    export_import.import_from(source, "huggingface", c.recipe, lambda _: LocalStore(store, create=True))
-    with LocalStore(store) as opened:
-        export_import.export_to(Reader(opened), "huggingface", out, dtype=dtype)
-    before, after = held_in(source), held_in(out)
+    before, after = in_and_out(source, out, c.recipe, tmp_path / "checkpoint", dtype)
     assert after.keys() >= before.keys()  # transformers leaves out a second name of a tied table
     for name, tensor in before.items():
         if name.endswith("correction_bias"):  # a state of the router, which stays float32

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from checkpoints_format import Box, LocalStore, Reader
+from checkpoints_format import Box
 from portatrain.backends import reference
 from portatrain.backends.state import full_name
-from portatrain.checkpoint.interop import export_import, huggingface
+from portatrain.checkpoint.interop import huggingface
 from portatrain.checkpoint.interop.families import sizes_from
 from portatrain.cli import main
 from portatrain.errors import UserError
@@ -23,7 +23,7 @@ from portatrain.optim import AdamW
 from portatrain.recipe import Recipe, load_recipe
 from portatrain.testing.tolerance import MOVE, UNIT_ROUNDOFF, amplification, tolerance
 from recipes.arrays import NpzFile
-from tests.support.hub_models import as_ours
+from tests.support.hub_models import as_ours, in_and_out
 from tests.support.running import BACKENDS, Running, microbatches
 from tests.support.vision_models import VISION, batch_of, by_file_names, given_to, made, random_config
 
@@ -161,12 +161,6 @@ def running_on(backend: str, c: Case, **options: Any) -> Running:
     return running
 
 
-def held_in(folder: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
-
-
 def check_round_trip(c: Case, tmp_path: Path, dtype: str) -> None:
     """The folder into a checkpoint and out: the same tensors, bit for bit, which transformers loads with the same
     logits; and the same sizes from the new config.json."""
@@ -175,11 +169,7 @@ def check_round_trip(c: Case, tmp_path: Path, dtype: str) -> None:
         source = tmp_path / dtype
         c.theirs.to(kind).save_pretrained(source)  # the last use of it
         (source / "preprocessor_config.json").write_text('{"image_mean": [0.5]}')
-    store = tmp_path / "checkpoint"
-    export_import.import_from(source, "huggingface", c.recipe, lambda _: LocalStore(store, create=True))
-    with LocalStore(store) as opened:
-        export_import.export_to(Reader(opened), "huggingface", out, dtype=dtype)
-    before, after = held_in(source), held_in(out)
+    before, after = in_and_out(source, out, c.recipe, tmp_path / "checkpoint", dtype)
     assert after.keys() == before.keys()
     for name, tensor in before.items():
         assert after[name].dtype == kind and after[name].shape == tensor.shape

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_format import Box
+from checkpoints_format import Box, LocalStore, Reader
 from portatrain.backends.state import full_name
-from portatrain.checkpoint.interop import huggingface
+from portatrain.checkpoint.interop import export_import, huggingface
 from portatrain.checkpoint.interop.families import sizes_from
 from portatrain.checkpoint.interop.hub_table import Hub
 from portatrain.data import TokenMemmap
 from portatrain.model.module import describe
 from portatrain.recipe import Recipe, load_recipe
+from recipes.models.olmo_hybrid import OTHER_NAMES
 
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "olmo3", "smollm3", "phi3", "gpt2"),
@@ -278,3 +279,26 @@ def as_ours(hub: Hub, shapes: Mapping[str, tuple[int, ...]], theirs: Mapping[str
         inner = row.inner(shapes[row.ours])
         found[row.ours][row.leading] = row.taken(theirs[row.theirs], Box.whole(inner), inner)
     return found
+
+
+def held_in(folder: Path) -> dict[str, Any]:
+    """The tensors of a folder by their names."""
+    import torch
+    from safetensors.torch import load_file
+
+    found = {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+    # transformers saves other names of an OLMo Hybrid, and cuts its kernels at other places, than the released files.
+    for other, known in OTHER_NAMES.items():
+        found = {n.replace(other, known): t for n, t in found.items()}
+    for name in [n for n in found if n.endswith("q_conv1d.weight")]:
+        at = name.removesuffix("q_conv1d.weight")
+        found[f"{at}conv1d.weight"] = torch.cat([found.pop(f"{at}{part}_conv1d.weight") for part in "qkv"])
+    return found
+
+
+def in_and_out(source: Path, out: Path, recipe: Recipe, store: Path, dtype: str) -> tuple[dict[str, Any], ...]:
+    """The tensors of a folder, and those of the folder that its checkpoint is exported to."""
+    export_import.import_from(source, "huggingface", recipe, lambda _: LocalStore(store, create=True))
+    with LocalStore(store) as opened:
+        export_import.export_to(Reader(opened), "huggingface", out, dtype=dtype)
+    return held_in(source), held_in(out)
