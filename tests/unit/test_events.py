@@ -12,7 +12,7 @@ from portatrain.runs.events import Kind, how_it_ended, last, why_it_ended
 
 ROOT = Path(__file__).parents[2]
 KINDS = {str(kind) for kind in Kind}
-PLAIN = {"start", "end", "eval", "left", "skipped", "stopped", "interrupted", "preempted", "cancelled"}
+PLAIN = {"start", "end", "eval", "left", "skipped", "stopped", "interrupted", "preempted", "cancelled", "task"}
 """Words that also mean something else; the others are found wherever they stand."""
 
 
