@@ -96,7 +96,7 @@ def check_sizes(config: Any) -> None:
             continue
         if field.name.endswith(ABOVE_0):
             good, expected = 0 < number < math.inf, "a finite number above 0"
-        elif isinstance(number, float):
+        elif "float" in str(field.type):  # an integer is one, too
             good, expected = 0 <= number < math.inf, "a finite number of at least 0"
         else:
             least = 0 if field.name in MAY_BE_0 else 1

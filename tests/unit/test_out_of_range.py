@@ -85,3 +85,8 @@ def test_no_family_takes_a_number_out_of_range(module: str) -> None:
             with pytest.raises(UserError) as refused:
                 override(model, [f"{path}={bad}"]).build()
             assert path.split(".")[-1].removeprefix("norm_") in str(refused.value), path
+
+
+def test_an_integer_is_a_number_where_one_may_be_0() -> None:
+    assert override(load_recipe("llama3-1b").model, ["z_loss=0"]).z_loss == 0
+    assert dataclasses.replace(load_recipe("llama3-1b").model, z_loss=0, dropout=0).z_loss == 0
