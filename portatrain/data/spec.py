@@ -49,7 +49,7 @@ class DataSpec:
     """Base class of all data specs.
 
     Raises:
-        UserError: a field that sources share, ``seq_len``, ``validation`` or ``packing``, is out of range.
+        UserError: a field that sources share, such as ``seq_len``, ``vocab`` or ``validation``, is out of range.
     """
 
     def __post_init__(self) -> None:

@@ -75,7 +75,7 @@ class HeadsRMSNorm(Module):
 
     def __init__(self, *, eps: float = 1e-6, **axes: int) -> None:
         self.scale = Param(**axes, fan_in_axes=0, init="ones")
-        self.axes, self.eps = tuple(axes), _at_least_0("HeadsRMSNorm", eps)
+        self.axes, self.eps = tuple(axes), _at_least_0(type(self).__name__, eps)
 
     def __call__(self, ops: Ops, x_BSHD: Array) -> Array:
         """Return x, (B, S, H, D), normalised, in its shape and the compute dtype; computed in float32."""
