@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from portatrain.checkpoint.interop.families import sizes_from
 from portatrain.cli import main
 from portatrain.errors import UserError
 from portatrain.model.module import describe
-from portatrain.optim import AdamW
 from portatrain.recipe import Recipe, load_recipe
-from portatrain.testing.tolerance import MOVE, UNIT_ROUNDOFF, amplification, tolerance
+from portatrain.testing.tolerance import amplification, tolerance
 from recipes.arrays import NpzFile
+from tests.support import hub_judge
 from tests.support.hub_models import as_ours, in_and_out
 from tests.support.running import BACKENDS, Running, microbatches
 from tests.support.vision_models import VISION, batch_of, by_file_names, given_to, made, random_config
@@ -30,8 +31,6 @@ from tests.support.vision_models import VISION, batch_of, by_file_names, given_t
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-LR, EPS, DECAY = 1e-2, 1e-2, 0.1
-DRAWS = 3
 CLASS = {"vit": "AutoModelForImageClassification", "siglip": "AutoModel"}
 
 
@@ -102,56 +101,19 @@ def ours_of(c: Case, held: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def check_logits(c: Case) -> None:
-    values = list(c.params.values())
-    exact = c.logits(*values)
-    most = tolerance(float(np.abs(exact).max()), amplification(c.logits, values, exact, np.random.default_rng(0)))
     with torch.no_grad():
-        theirs = logits_of(c.theirs, c).numpy()
-    assert np.abs(theirs - exact).max() <= most, (np.abs(theirs - exact).max(), most)
+        hub_judge.check_predictions(c.logits, c.params, logits_of(c.theirs, c).numpy())
 
 
 def check_step(c: Case) -> None:
-    """Loss, gradients and the parameters after a step of AdamW. With eps e, a gradient that is off by d moves the
-    update by at most lr d / e."""
-    double = type(c.theirs)(c.theirs.config).double()
-    double.load_state_dict(c.theirs.state_dict())
-    double.set_attn_implementation("eager")
-    double.eval()
-    loss, exact = gradients_of(double, c)
-    rng, change, moved = np.random.default_rng(1), dict.fromkeys(exact, 0.0), 0.0
-    start = {name: p.detach().clone() for name, p in double.named_parameters()}
-    for _ in range(DRAWS):
-        with torch.no_grad():
-            for name, p in double.named_parameters():
-                p.copy_(start[name] * (1 + MOVE * torch.tensor(rng.choice((-1.0, 1.0), tuple(p.shape)))))
-        near_loss, gradients = gradients_of(double, c)
-        moved = max(moved, abs(near_loss - loss) / MOVE)
-        for name, near in gradients.items():
-            change[name] = max(change[name], float(np.abs(near - exact[name]).max()) / MOVE)
-    most = {}
-    for name in exact:
-        # The gradient of a key's bias is a sum that cancels: its terms are those of wk.
-        alike = [name, name.replace("/k_bias", "/wk")]
-        largest = max(float(np.abs(exact[n]).max()) for n in alike)
-        most[name] = 2 * tolerance(largest, max(change[n] for n in alike))  # of ours, and of its own float32 parts
-    given = {"optimizer": AdamW(lr=LR, eps=EPS, weight_decay=DECAY), "decay": frozenset(exact)}
-    running = running_on("torch", c, **given)
-    batch = microbatches(c.batch)
-    our_loss, found = running.backend.gradients(running.state, batch, step=1)
-    assert abs(our_loss - loss) <= 2 * tolerance(abs(loss), moved)
-    wrong = {n: (float(np.abs(found[n] - exact[n]).max()), most[n]) for n in exact}
-    assert not {n: w for n, w in wrong.items() if w[0] > w[1]}
-    running.state, _ = running.backend.step(running.state, batch, step=1, scale=1.0)
-    after = running.tensors("params")
-    with torch.no_grad():
-        for name, p in double.named_parameters():
-            p.copy_(start[name])
-    gradients_of(double, c)
-    torch.optim.AdamW(double.parameters(), lr=LR, betas=(0.9, 0.999), eps=EPS, weight_decay=DECAY).step()
-    for name, expected in ours_of(c, {name: p.detach().numpy() for name, p in double.named_parameters()}).items():
-        bound = LR * most[name] / EPS + 16 * UNIT_ROUNDOFF["fp32"] * (float(np.abs(expected).max()) + LR)
-        assert np.abs(after[name] - expected).max() <= bound, name
-        assert np.abs(after[name] - c.params[name]).max() > 0  # the step moved it
+    hub_judge.check_step(
+        c.theirs,
+        c.params,
+        microbatches(c.batch),
+        partial(running_on, "torch", c),
+        lambda model: gradients_of(model, c),
+        partial(ours_of, c),
+    )
 
 
 def running_on(backend: str, c: Case, **options: Any) -> Running:
